@@ -308,10 +308,12 @@ def section(group: Group, found: Mapping[tuple[str, ...], Metrics], seeds: int) 
                 tried.append((metrics["val/acc"], name))
         best_first = "; ".join(f"{name} {100 * value:.2f} %" for value, name in sorted(tried, reverse=True))
         return f"{group.title}, by validation accuracy: {best_first}."
+    # networks that lie beside this script
+    path = "PYTHONPATH=benchmarks " if "small_networks." in group.shared else ""
     lines = [
         f"## {group.title}",
         "",
-        f"`python train.py {group.shared}` with the overrides of a row and `seed=0` to `seed={seeds - 1}`; the last "
+        f"`{path}python train.py {group.shared}` with the overrides of a row and `seed=0` to `seed={seeds - 1}`; the last "
         "network is tested.",
         "",
         "| method | test accuracy, mean | spread | range | validation, mean | zeros | seconds a run | seeds | "

@@ -2,7 +2,7 @@
 
 import functools
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Unpack, get_origin
 
 from sparse_callbacks.core.argument_types import in_words, refuse_other_types
@@ -84,7 +84,7 @@ def checks_arguments(init: Callable[..., None], shared: type) -> Callable[..., N
             init(self, *args, **kwargs)
         except Exception as error:
             if outermost and isinstance(error, TypeError) and "unexpected keyword argument" in str(error):
-                refuse_unknown_arguments(self, list(kwargs), _taken_by_name(init, type(self), shared))
+                refuse_unknown_arguments(self, args, kwargs, _taken_by_name(init, type(self), shared))
             # a sentence about the value says more than one about its type
             if ours and not in_words(error, inspect.signature(init).parameters):
                 refuse_other_types(init, (self, *args), kwargs, shared)
@@ -118,25 +118,33 @@ def refuse_lost_arguments(made: object, names: list[str]) -> None:
 
 
 @functools.singledispatch
-def where_argument_belongs(made: object, argument: str) -> str:
-    """' A sentence' that says which object takes an argument that ``made`` does not have; empty where nobody knows."""
+def where_argument_belongs(made: object, argument: str, given: Sequence[object]) -> str:
+    """' A sentence' that says which object takes an argument that another one does not have; empty where nobody knows.
+
+    Args:
+        made: the object whose constructor was called.
+        argument: the name of the argument.
+        given: the values of all arguments.
+    """
     return ""
 
 
-def refuse_unknown_arguments(made: object, given: Sequence[str], names: Sequence[str]) -> None:
+def refuse_unknown_arguments(
+    made: object, args: Sequence[object], kwargs: Mapping[str, object], names: Sequence[str]
+) -> None:
     """Refuse arguments that a class does not have.
 
     Args:
         made: the object, whose constructor was called.
-        given: names of its arguments.
+        args, kwargs: its arguments.
         names: the constructor arguments of the class.
 
     Raises:
         TypeError: names the first of such arguments, and what was meant by it if a name is like it.
     """
-    for argument in given:
+    for argument in kwargs:
         if argument not in names and argument not in _ANSWERED:
-            whose = where_argument_belongs(made, argument) or meant(argument, names)
+            whose = where_argument_belongs(made, argument, [*args, *kwargs.values()]) or meant(argument, names)
             raise TypeError(
                 f"{type(made).__name__} has no argument {argument}=.{whose} {type(made).__name__} has "
                 f"{', '.join(f'{n}=' for n in names)}."

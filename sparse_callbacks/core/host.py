@@ -29,6 +29,7 @@ class Host(Protocol):
         forward: Forward | None = None,
         loader: Any | None = None,
         train: Sequence[nn.Module] = (),
+        values: bool = True,
     ) -> Generator[Any, None, None]:
         """The network's output for each batch of one pass over the training data, in eval mode and without gradients.
 
@@ -41,6 +42,8 @@ class Host(Protocol):
                 with arguments that follow from the type of the batch.
             loader: a loader of the batches to pass over. None: the training data in order.
             train: the modules that stay in train mode and keep what the pass makes of them.
+            values: whether the outputs depend on what is in the data and count for something, so that data which differs each time
+                that it is fetched is warned of. False where one batch shows how the network is called.
         """
 
     def calibration(

@@ -49,6 +49,7 @@ class LoopHost:
         forward: Forward | None = None,
         loader: Any | None = None,
         train: Sequence[nn.Module] = (),
+        values: bool = True,
     ) -> Generator[Any, None, None]:
         """See :meth:`~sparse_callbacks.core.host.Host.data_pass`."""
         data_pass.check_fraction(fraction)
@@ -63,7 +64,8 @@ class LoopHost:
         def choose() -> tuple[Iterable[Any], int | None]:
             if loader is None and _can_be_ordered(given):
                 batches = data_pass.in_order(given, world, rank, whole=bool(train))
-                self._warn_if_random(batches)
+                if values:
+                    self._warn_if_random(batches)
             elif getattr(getattr(given, "sampler", None), "num_replicas", 1) > 1:
                 batches = given  # it gives each process a part of the data, as loaders of Fabric do
             else:

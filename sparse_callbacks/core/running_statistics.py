@@ -1,6 +1,6 @@
 """Running statistics of batch norms, estimated anew in a pass over data."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -43,6 +43,44 @@ def estimate_statistics(
         for norm, momentum in zip(norms, momenta, strict=True):
             norm.momentum = momentum
     return batches
+
+
+def renew_statistics(
+    norms: Sequence[_NormBase],
+    forward_passes: Callable[[Sequence[nn.Module]], Iterable[Any]],
+    warn: Callable[[str], object],
+    together: bool = True,
+) -> None:
+    """Estimate the running statistics of norms at the end of a run, where an error would lose it: without a batch of two
+    samples they stay as they are, with a warning.
+
+    Args:
+        norms, forward_passes: as in :func:`estimate_statistics`.
+        warn: told that they stay.
+        together: whether each rank has passed over a share of the data, and all get the mean over the batches of all.
+    """
+    before = _buffers_of(norms)
+    seen = estimate_statistics(norms, forward_passes)
+    if together:
+        (seen,) = distributed.sums_of([seen])
+        share_statistics(norms)
+    if norms and not seen:
+        _put_back(norms, before)
+        warn(
+            "the statistics of batch norms stay those of the weights that were trained, as no batch had two samples or more. Give "
+            "such batches to recalibrate_batchnorm(module, batches)."
+        )
+
+
+def _buffers_of(norms: Iterable[nn.Module]) -> list[dict[str, Tensor]]:
+    return [{name: buffer.clone() for name, buffer in norm.named_buffers(recurse=False)} for norm in norms]
+
+
+@torch.no_grad()
+def _put_back(norms: Iterable[nn.Module], before: Iterable[Mapping[str, Tensor]]) -> None:
+    for norm, kept in zip(norms, before, strict=True):
+        for name, value in kept.items():
+            norm.get_buffer(name).copy_(value)
 
 
 @torch.no_grad()
@@ -99,7 +137,7 @@ def recalibrate_batchnorm(module: nn.Module, batches: Iterable[Any], *, forward:
         raise ValueError(
             f"batches={shown_short(batches)} is not a collection of batches. Give a loader, or a list: [batch]."
         )
-    before = [{name: buffer.clone() for name, buffer in norm.named_buffers(recurse=False)} for norm in norms]
+    before = _buffers_of(norms)
 
     def passes(training: Sequence[nn.Module]) -> Iterable[Any]:
         return data_pass.outputs(module, lambda: (batches, None), forward=forward, train=training)
@@ -112,8 +150,5 @@ def recalibrate_batchnorm(module: nn.Module, batches: Iterable[Any], *, forward:
                 "at least one batch of training data; an iterator can be used only once."
             )
     except BaseException:
-        with torch.no_grad():
-            for norm, kept in zip(norms, before, strict=True):
-                for name, value in kept.items():
-                    norm.get_buffer(name).copy_(value)
+        _put_back(norms, before)
         raise

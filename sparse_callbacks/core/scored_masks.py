@@ -132,7 +132,7 @@ class NetworkScores:
 
     @cached_property
     def _inputs(self) -> Any:
-        return example_inputs(self._method.model, self._method.host.data_pass())
+        return example_inputs(self._method.model, self._method.host.data_pass(values=False))
 
     @cached_property
     def _calibration(self) -> Calibration:

@@ -24,6 +24,7 @@ def outputs(
     rank: int,
     train: Sequence[nn.Module] = (),
     passed: Callable[[Any], object] | None = None,
+    values: bool = True,
 ) -> Iterator[Any]:
     """Outputs of the network for each batch of one pass: eval mode, no gradients, training's precision and device.
 
@@ -45,6 +46,7 @@ def outputs(
         train: the modules that stay in train mode and keep what the pass makes of them, such as norms whose running
             statistics are collected.
         passed: called with each batch that has passed through the network. None: nobody counts them.
+        values: whether data that differs each time that it is fetched is warned of.
 
     Raises:
         ValueError: the data cannot be iterated in order, or the network does not accept its batches.
@@ -57,7 +59,8 @@ def outputs(
             given = data_pass.EveryNthBatch(loader_given, world, rank)
             return given, data_pass.batch_count(given, fraction)
         batches = data_pass.in_order(training_loader(trainer), world, rank, bool(train), users_sampler)
-        _warn_if_random(trainer, batches, rank)
+        if values:
+            _warn_if_random(trainer, batches, rank)
         return batches, data_pass.batch_count(batches, fraction, _limit(trainer))
 
     @contextmanager

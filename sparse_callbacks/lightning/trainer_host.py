@@ -40,11 +40,14 @@ class TrainerHost:
         forward: Forward | None = None,
         loader: Any | None = None,
         train: Sequence[nn.Module] = (),
+        values: bool = True,
     ) -> Generator[Any, None, None]:
         """See :meth:`~sparse_callbacks.core.host.Host.data_pass`."""
         world, rank = self._share_of_data()
         passed = self._engine.passed
-        yield from data_pass.outputs(self.trainer, self.module, forward, loader, fraction, world, rank, train, passed)
+        yield from data_pass.outputs(
+            self.trainer, self.module, forward, loader, fraction, world, rank, train, passed, values
+        )
 
     def _share_of_data(self) -> tuple[int, int]:
         """Into how many shares a pass divides the data, and which of them is this rank's."""

@@ -247,7 +247,7 @@ class SET(DropAndGrow):
     def _warn_of_hidden_output(self) -> None:
         """Warn where classes would lose their weights as neurons do, if there is data to run the network on."""
         try:
-            with closing(self.host.data_pass()) as outputs:
+            with closing(self.host.data_pass(values=False)) as outputs:
                 if why := why_hidden_output(self.model, self.entries, outputs):
                     self.host.warn(why)
         except NoPassError:

@@ -163,11 +163,19 @@ class MakesAnother(methods.RigL):
         (lambda: MakesAnother(share=0.9), "Fixed has no argument share=. Fixed has sparsity=."),
         (
             lambda: methods.SupTickets(methods.SET(), sparsity=0.8),
-            "SupTickets has no argument sparsity=. It is one of the method in base=, as in SupTickets(RigL(sparsity=...)).",
+            "SupTickets has no argument sparsity=. It is one of the method in base=, as in SupTickets(SET(sparsity=...)).",
+        ),
+        (
+            lambda: methods.SupTickets(base=methods.SET(), drop="signed"),
+            "SupTickets has no argument drop=. It is one of the method in base=, as in SupTickets(SET(drop=...)).",
+        ),
+        (
+            lambda: methods.SupTickets(methods.RigL(), drop="signed"),
+            "SupTickets has no argument drop=. Did you mean drop_fraction?",
         ),
         (
             lambda: methods.SupTickets(methods.SET(), keep_dense="first"),
-            "It is one of the method in base=, as in SupTickets(RigL(keep_dense=...)). SupTickets has base=, share=,",
+            "It is one of the method in base=, as in SupTickets(SET(keep_dense=...)). SupTickets has base=, share=,",
         ),
     ],
 )

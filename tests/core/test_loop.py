@@ -458,6 +458,14 @@ def test_random_data_is_reported() -> None:
     loader = torch.utils.data.DataLoader(Noisy(), batch_size=8)
     with pytest.warns(UserWarning, match="differs each time .* give a loader without augmentation as data="):
         sparsify(CTRE(0.8, every=4, print_plan=False), model, sgd(model), STEPS, data=loader)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # which layer is called last does not depend on it
+        made = net()
+        sparsify(SET(0.8, neuron_importance=0.2, print_plan=False), made, sgd(made), 1000, data=loader, forward=first)
+
+
+def first(module: nn.Module, batch: Any) -> Any:
+    return module(batch[0])
 
 
 # ---------------------------------------------------------------------- what a reader of runs found

@@ -714,6 +714,20 @@ def test_a_last_batch_of_one_sample_does_not_end_the_run() -> None:
     assert int(norm.num_batches_tracked) == 4
 
 
+def test_without_a_batch_of_two_samples_statistics_stay_as_they_were() -> None:
+    x, y = next(iter(data()))
+    samples = torch.utils.data.TensorDataset(x.repeat(4, 1), y.repeat(4))
+    singles = torch.utils.data.DataLoader(samples, batch_size=1)
+    module, method = Classifier(net()), tickets(SET, share=0.6, statistics_dataloader=singles)
+    with pytest.warns(UserWarning, match=r"the statistics of batch norms stay those of the weights that were trained"):
+        fit(module, method, loader=torch.utils.data.DataLoader(samples, batch_size=8), max_epochs=4)
+    assert method.is_merged
+    norm = module.net[1]
+    assert int(norm.num_batches_tracked) == 16  # of training
+    assert bool(norm.running_mean.any())
+    assert norm.momentum == 0.1
+
+
 def test_a_new_group_has_its_rate_in_proportion() -> None:
     weight = nn.Parameter(torch.zeros(2))
     optimizer = torch.optim.SGD([weight], lr=0.1)

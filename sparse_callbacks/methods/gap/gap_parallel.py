@@ -17,7 +17,7 @@ from sparse_callbacks.core.method import Options
 from sparse_callbacks.core.randomness import seed_everything
 from sparse_callbacks.core.record.multiply_adds import WeightsInStep
 from sparse_callbacks.core.rescaling import Rescale
-from sparse_callbacks.core.running_statistics import estimate_statistics, norms_with_statistics
+from sparse_callbacks.core.running_statistics import norms_with_statistics, renew_statistics
 from sparse_callbacks.core.step import Step
 from sparse_callbacks.core.storages.storage import why_no_exchange
 from sparse_callbacks.core.topology import Update
@@ -314,7 +314,8 @@ class ParallelGaP(TrainsInTurns, GaP):
         # the statistics come last: those of the pruned network are wanted
         self.weights.set_masks(self.pruned(self.params))
         # those in eval mode are frozen
-        estimate_statistics([m for m in norms_with_statistics(self.model) if m.training], self._pass)
+        norms = [m for m in norms_with_statistics(self.model) if m.training]
+        renew_statistics(norms, self._pass, self.host.warn, together=False)
         self._networks.keep_start(self.masks)
 
     # ------------------------------------------------------------------ checkpoints

@@ -211,7 +211,7 @@ class ConstrainedL0(Method):
 
     def rehearse(self) -> None:
         if self.unit == "channel" and any(self.params[n].ndim > 2 for n in self.gated.members):
-            norm_check.check_on_example(self.model, self.gated.members, self.host.data_pass())
+            norm_check.check_on_example(self.model, self.gated.members, self.host.data_pass(values=False))
 
     # ------------------------------------------------------------------ what the parameters hold
 

@@ -196,7 +196,7 @@ def _example_of(model: nn.Module, size: Sequence[int] | None, host: Host | None)
         ValueError: there are none, or the model does not take them.
     """
     if size is None:
-        return example_inputs(model, _no_data() if host is None else host.data_pass())
+        return example_inputs(model, _no_data() if host is None else host.data_pass(values=False))
     like = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
     example = torch.zeros(1, *size, dtype=like.dtype, device=like.device)
     if problem := why_not_taken(model, example):

@@ -1,5 +1,7 @@
 """What others ask of Sup-tickets: sparse storage, and runs in which no mask would move."""
 
+from collections.abc import Sequence
+
 from sparse_callbacks.core.constructors import argument_names, where_argument_belongs
 from sparse_callbacks.core.first_mask_arguments import why_no_first_mask
 from sparse_callbacks.core.idle_run import why_idle
@@ -36,9 +38,11 @@ def _(method: SupTickets, other: Method) -> str:
 
 
 @where_argument_belongs.register
-def _(method: SupTickets, argument: str) -> str:
-    of_base = argument in argument_names(DropAndGrow, Options)
-    return f" It is one of the method in base=, as in SupTickets(RigL({argument}=...))." if of_base else ""
+def _(method: SupTickets, argument: str, given: Sequence[object]) -> str:
+    base = next((type(value) for value in given if isinstance(value, DropAndGrow)), None)
+    if base is None or argument not in argument_names(base, Options):
+        return ""
+    return f" It is one of the method in base=, as in SupTickets({base.__name__}({argument}=...))."
 
 
 @why_idle.register

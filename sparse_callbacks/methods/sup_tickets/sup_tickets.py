@@ -14,7 +14,7 @@ from sparse_callbacks.core.hooks import BatchEnd, Figures
 from sparse_callbacks.core.host import Forward
 from sparse_callbacks.core.method import Options
 from sparse_callbacks.core.plan import Plan
-from sparse_callbacks.core.running_statistics import estimate_statistics, norms_with_statistics, share_statistics
+from sparse_callbacks.core.running_statistics import norms_with_statistics, renew_statistics
 from sparse_callbacks.core.step import SetsRates, Step
 from sparse_callbacks.core.topology import Update
 from sparse_callbacks.methods.drop_and_grow import DropAndGrow
@@ -261,8 +261,7 @@ class SupTickets(SetsRates, DropAndGrow):
         self._forget_tickets()
         phase.note(self.aux, installed=1)
         norms = [m for m in norms_with_statistics(self.model) if m.training]  # those in eval mode are frozen
-        estimate_statistics(norms, self._pass)
-        share_statistics(norms)
+        renew_statistics(norms, self._pass, self.host.warn)
 
     def _forget_tickets(self) -> None:
         self.aux = {key: t for key, t in self.aux.items() if not key.startswith(MERGED)}
