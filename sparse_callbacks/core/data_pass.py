@@ -69,15 +69,14 @@ def outputs(
         for batch in islice(iter(batches), count):
             with torch.no_grad(), precision(), torch.compiler.set_stance("force_eager"):
                 moved = to_device(module, batch) if move is None else move(batch)
-                before = _buffers_of(train)
+                before = buffers_of(train)
                 try:
                     found = call(module, moved) if forward is None else forward(module, moved)
                 except ValueError as error:
                     # as the last batch of a loader that somebody has given
                     if not train or not (isinstance(error, OneValueError) or _is_of_one_value(error)):
                         raise
-                    for buffer, value in before:  # a norm counts a batch before it refuses it
-                        buffer.copy_(value)
+                    put_back(before)  # a norm counts a batch before it refuses it
                     left_out += 1
                     continue
             if passed is not None:
@@ -139,9 +138,16 @@ def call(module: nn.Module, batch: Any) -> Any:
     )
 
 
-def _buffers_of(modules: Iterable[nn.Module]) -> list[tuple[Tensor, Tensor]]:
+def buffers_of(modules: Iterable[nn.Module]) -> list[tuple[Tensor, Tensor]]:
     """The buffers of modules, and what is in them."""
     return [(buffer, buffer.clone()) for module in modules for buffer in module.buffers()]
+
+
+@torch.no_grad()
+def put_back(buffers: Iterable[tuple[Tensor, Tensor]]) -> None:
+    """Let buffers hold again what they held at :func:`buffers_of`."""
+    for buffer, value in buffers:
+        buffer.copy_(value)
 
 
 def _is_of_one_value(error: Exception) -> bool:

@@ -1,6 +1,6 @@
 """Running statistics of batch norms, estimated anew in a pass over data."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -59,28 +59,17 @@ def renew_statistics(
         warn: told that they stay.
         together: whether each rank has passed over a share of the data, and all get the mean over the batches of all.
     """
-    before = _buffers_of(norms)
+    before = data_pass.buffers_of(norms)
     seen = estimate_statistics(norms, forward_passes)
     if together:
         (seen,) = distributed.sums_of([seen])
         share_statistics(norms)
     if norms and not seen:
-        _put_back(norms, before)
+        data_pass.put_back(before)
         warn(
             "the statistics of batch norms stay those of the weights that were trained, as no batch had two samples or more. Give "
             "such batches to recalibrate_batchnorm(module, batches)."
         )
-
-
-def _buffers_of(norms: Iterable[nn.Module]) -> list[dict[str, Tensor]]:
-    return [{name: buffer.clone() for name, buffer in norm.named_buffers(recurse=False)} for norm in norms]
-
-
-@torch.no_grad()
-def _put_back(norms: Iterable[nn.Module], before: Iterable[Mapping[str, Tensor]]) -> None:
-    for norm, kept in zip(norms, before, strict=True):
-        for name, value in kept.items():
-            norm.get_buffer(name).copy_(value)
 
 
 @torch.no_grad()
@@ -137,7 +126,7 @@ def recalibrate_batchnorm(module: nn.Module, batches: Iterable[Any], *, forward:
         raise ValueError(
             f"batches={shown_short(batches)} is not a collection of batches. Give a loader, or a list: [batch]."
         )
-    before = _buffers_of(norms)
+    before = data_pass.buffers_of(norms)
 
     def passes(training: Sequence[nn.Module]) -> Iterable[Any]:
         return data_pass.outputs(module, lambda: (batches, None), forward=forward, train=training)
@@ -150,5 +139,5 @@ def recalibrate_batchnorm(module: nn.Module, batches: Iterable[Any], *, forward:
                 "at least one batch of training data; an iterator can be used only once."
             )
     except BaseException:
-        _put_back(norms, before)
+        data_pass.put_back(before)
         raise

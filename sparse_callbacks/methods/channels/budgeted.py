@@ -116,9 +116,7 @@ class BudgetedChannels(Method):
 
     def rehearse(self) -> None:
         model = self.model
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # that the data is augmented does not matter here
-            example = example_inputs(model, self.host.data_pass(values=False))
+        example = example_inputs(model, self.host.data_pass(values=False))
         stay = [*(self.exclude or ()), *(e.name for e in self.entries if e.reason.endswith("kept dense on request"))]
         layers = costs.layers(model, example)
         stem = None if self.prune_stem else costs.stem(layers)

@@ -31,9 +31,7 @@ def check_on_example(
         ValueError: see :func:`check_norms`.
     """
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # that the data is augmented does not matter here
-            example = example_inputs(model, batches)
+        example = example_inputs(model, batches)
     except ValueError:
         # there is neither an example nor a batch, and training needs none: the order of registration is mostly right
         unchecked = [norm for belonging in members.values() for norm in belonging.norms]
